@@ -61,3 +61,12 @@ export function choice(options, chosen, change, properties = {}) {
   for (const [value, title] of options) select.append(make("option", { value, selected: value === chosen }, title));
   return select;
 }
+
+const KEPT_MS = 60_000;
+
+/** Gives the user a file with a line of JSON for each of some rows. */
+export function download(name, rows) {
+  const url = URL.createObjectURL(new Blob(rows.map((row) => `${JSON.stringify(row)}\n`), { type: "application/x-ndjson" }));
+  make("a", { href: url, download: `${name.replace(/[^\p{L}\p{N}._-]+/gu, "-")}.jsonl` }).click();
+  setTimeout(() => URL.revokeObjectURL(url), KEPT_MS);
+}

@@ -2,7 +2,7 @@
 
 import { get, ofRun, query } from "./api.js";
 import { chart, colourOf, rangeOf } from "./chart.js";
-import { alarm, fill, make } from "./dom.js";
+import { alarm, download, fill, make } from "./dom.js";
 import { anything, count, share, written } from "./numbers.js";
 import { address, go, remember } from "./route.js";
 
@@ -60,7 +60,9 @@ export const overview = {
     }));
     await paint();
     fill(box, boxes, about, plots);
+    const save = () => runs.filter((each) => known.has(each.run) && (each.run === run.run || beside.has(each.run))).forEach((each) => download(`${each.name}-overview`, [{ run: each.name, ...known.get(each.run) }]));
     return { close: () => (closed = true), keys: [
+      { keys: ["x"], title: "Export these numbers and verdicts", run: save },
       { keys: ["v"], title: "Go to the next plot (then arrow keys, and Enter for the rollouts of a point)", run: () => nextPlot(box, 1) },
       { keys: ["V"], title: "Go to the plot before", run: () => nextPlot(box, -1) },
     ] };
@@ -77,7 +79,7 @@ function columnOf(run, told) {
   return make("div.column", {},
     make("section.card", {}, make("h2.foreign", {}, run.name), make("p.note", {}, facts.filter(Boolean).join(" · ")),
       !run.has_texts && make("p.note", {}, "The record keeps no texts of this run."),
-      make("p.links", {}, make("a", { href: address(run.run, "suspicious") }, "What looks suspicious"), make("a", { href: address(run.run, "rollouts") }, "All rollouts"), make("a", { href: address(run.run, "label") }, "Label"))),
+      make("p.links", {}, make("a", { href: address(run.run, "suspicious") }, "What looks suspicious"), make("a", { href: address(run.run, "rollouts") }, "All rollouts"), make("a", { href: address(run.run, "label") }, "Label"), make("button.more", { type: "button", on: { click: () => download(`${run.name}-overview`, [{ run: run.name, ...told }]) } }, "Export as JSONL"))),
     ...(told.verdicts ?? []).map((each) => verdictOf(run, each)),
     !told.verdicts?.length ? make("section.card.verdict.doubtful", {}, make("h2", {}, told.pending ? "The record is being audited …" : "No verdict"), make("p", {}, told.said ?? (told.pending ? "With many rollouts this takes a minute, once." : "The audit says nothing of this run."))) : (told.said || told.pending) && make("p.note", {}, told.pending ? "The record is being audited again …" : told.said));
 }

@@ -1,7 +1,7 @@
 /** One rollout: its prompt, its completion in the colours of any probe and reading, and what else is known of it and of those beside it. */
 
 import { get, ofRun, query } from "./api.js";
-import { choice, fill, make, say } from "./dom.js";
+import { choice, download, fill, make, say } from "./dom.js";
 import { anything, count, written } from "./numbers.js";
 import { keyOf, thresholdOf, waysOf } from "./readings.js";
 import { badge } from "./rollouts.js";
@@ -30,7 +30,7 @@ export const rollout = {
       fill(controls,
         probes.length ? make("label.field", {}, "Probe ", choice(probes.map((each) => [each.key, each.key]), probe().key, (key) => look({ probe: key }), { "aria-keyshortcuts": "p" })) : null,
         ways.length > 1 ? make("label.field", {}, "Reading ", choice(ways.map((each) => [each, each]), way(), (each) => look({ way: each }), { "aria-keyshortcuts": "r" })) : null,
-        make("span.spacer"), around.buttons);
+        make("span.spacer"), make("button", { type: "button", on: { click: save } }, "Export as JSONL"), around.buttons);
       fill(followUps, ...(told.follow_ups ?? []).map((each) => followUpOf(each, probe(), way())));
       fill(tokens, partsOf(told, (part) => go(run.run, "rollout", place.item, { ...route().settings, part: String(part) })), completionOf(told, probe(), way()));
     }
@@ -39,6 +39,7 @@ export const rollout = {
       remember(state);
       paint();
     }
+    const save = () => download(`${run.name}-${told.rollout}`, [told]);
     const turn = (by) => {
       const ways = probe() ? waysOf(probe()) : [];
       if (!ways.length) return;
@@ -64,6 +65,7 @@ export const rollout = {
       { keys: ["R"], title: "Reading before", run: () => turn(-1) },
       { keys: ["t"], title: "Go to the tokens (then ← and →)", run: () => box.querySelector(".tokens")?.focus() },
       { keys: ["l"], title: "Label this rollout", run: () => go(run.run, "label", told.rollout) },
+      { keys: ["x"], title: "Export this rollout", run: save },
       { keys: ["b", "Backspace"], title: "Back to the list", run: () => around.back() },
     ] };
   },

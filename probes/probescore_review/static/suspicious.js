@@ -1,7 +1,7 @@
 /** Lists of rollouts that behaviour alone would pass, each with why it is here. */
 
 import { get, ofRun } from "./api.js";
-import { fill, make, say } from "./dom.js";
+import { download, fill, make, say } from "./dom.js";
 import { anything, written } from "./numbers.js";
 import { badge } from "./rollouts.js";
 import { address, remember, rememberSoon } from "./route.js";
@@ -29,8 +29,9 @@ export const suspicious = {
         each.title, make("span.note", {}, ` ${each.rows?.length ?? 0}`))));
       panel.setAttribute("aria-labelledby", `tab-${which}`);
       const items = (list.rows ?? []).map((row, index) => itemOf(run, list, row, index));
-      fill(panel, make("h2", {}, list.title), make("p.why", {}, list.why), items.length ? make("ol.findings", {}, ...items) : make("p.nothing", {}, list.said ?? "Nothing here."));
+      fill(panel, make("div.head", {}, make("h2", {}, list.title), make("span.spacer"), items.length ? make("button", { type: "button", on: { click: save } }, "Export as JSONL") : null), make("p.why", {}, list.why), items.length ? make("ol.findings", {}, ...items) : make("p.nothing", {}, list.said ?? "Nothing here."));
     }
+    const save = () => download(`${run.name}-${lists[which].id}`, lists[which].rows ?? []);
     function choose(index) {
       which = (index + lists.length) % lists.length;
       at = 0;
@@ -66,6 +67,7 @@ export const suspicious = {
       { keys: ["k", "ArrowUp"], title: "Rollout before", repeats: true, run: () => move(started() ? at - 1 : at) },
       { keys: ["Enter", "o"], title: "Open the rollout", run: () => panel.querySelectorAll(".finding > a")[at]?.click() },
       { keys: ["]", "v"], title: "Next list", run: () => choose(which + 1) },
+      { keys: ["x"], title: "Export this list", run: save },
       { keys: ["[", "V"], title: "List before", run: () => choose(which - 1) },
     ] };
   },

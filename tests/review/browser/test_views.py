@@ -202,3 +202,19 @@ def test_a_file_of_scored_rollouts_is_shown_with_follow_ups_and_what_failed(wind
         for name in order[1:]:
             page = seen.open(f"#/0/rollout/{urllib.parse.quote(name, safe='')}")
             assert "completion" in page.inner_text("#content")
+
+
+@pytest.mark.parametrize(("address", "button"), [("#/0/overview", ".column"), ("#/0/suspicious", "#list"), ("#/0/rollout/19:0.1", ".controls")])
+def test_what_a_view_shows_is_exported_as_lines_of_json(window, address, button):
+    seen = window()
+    page = seen.open(address)
+    with page.expect_download() as waited:
+        page.click(f"{button} button:has-text('Export')")
+    by_button = Path(waited.value.path()).read_text(encoding="utf-8")
+    with page.expect_download() as waited:
+        seen.press("Escape", "x")
+    assert Path(waited.value.path()).read_text(encoding="utf-8") == by_button
+    assert waited.value.suggested_filename.endswith(".jsonl")
+    rows = [json.loads(line) for line in by_button.splitlines()]
+    assert len(rows) == (50 if "suspicious" in address else 1)
+    assert all("why" in row for row in rows) == ("suspicious" in address)
