@@ -42,7 +42,15 @@ UNSEEN = [
     "\u2066a\u2069\u200f",
     "zero\u200bwidth\ufeff",
 ]
-UNSEEN += ["\0nul\x07\x08", "a\u2028b\u2029c", "\U000e0041\U000e0042tags", "\ue000private\U0010ffff", "\u00adsoft\u061c", "\x7f\x9b31m"]
+UNSEEN += [
+    "\0nul\x07\x08",
+    "a\u2028b\u2029c",
+    "\U000e0041\U000e0042tags",
+    "\ue000private\U0010ffff",
+    "\ud800half",
+    "\u00adsoft\u061c",
+    "\x7f\x9b31m",
+]
 ODD = [
     "z" + "\u0301" * 400,
     "\ufdfd" * 40,
@@ -57,7 +65,7 @@ ODD = [
 ]
 WRAPPED = ["{}", "before {} after", "\n{}\n", '"{}"', "{}{}"]
 CASES = [shape.replace("{}", text) for shape, text in itertools.product(WRAPPED, [*MARKUP, *UNSEEN, *ODD])][:200]
-SEEN = {"\u202e": "⟨202E⟩", "\x1b": "⟨1B⟩", "\u200b": "⟨200B⟩", "\0": "⟨00⟩", "\u2028": "⟨2028⟩", "\ue000": "⟨E000⟩"}
+SEEN = {"\u202e": "⟨202E⟩", "\x1b": "⟨1B⟩", "\u200b": "⟨200B⟩", "\0": "⟨00⟩", "\u2028": "⟨2028⟩", "\ue000": "⟨E000⟩", "\ud800": "⟨D800⟩"}
 
 
 @pytest.fixture(scope="module")

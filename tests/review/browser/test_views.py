@@ -204,7 +204,9 @@ def test_a_file_of_scored_rollouts_is_shown_with_follow_ups_and_what_failed(wind
             assert "completion" in page.inner_text("#content")
 
 
-@pytest.mark.parametrize(("address", "button"), [("#/0/overview", ".column"), ("#/0/suspicious", "#list"), ("#/0/rollout/19:0.1", ".controls")])
+@pytest.mark.parametrize(
+    ("address", "button"), [("#/0/overview", ".column"), ("#/0/suspicious", "#list"), ("#/0/rollout/19:0.1", ".controls")]
+)
 def test_what_a_view_shows_is_exported_as_lines_of_json(window, address, button):
     seen = window()
     page = seen.open(address)
