@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Union
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from probescore.types.shown import shown_table, shown_text, shown_tokens
 from probescore_audit.record import bfloat16
 
 SCHEMA_VERSION = 1
@@ -136,6 +137,26 @@ class RolloutRow:
     token_scores: Mapping[str, Mapping[str, Sequence[float]]] | None = None
     follow_ups: Sequence[Mapping[str, Any]] | None = None
     decisions: Mapping[str, Mapping[str, Any]] | None = None
+
+    def _repr_html_(self) -> str:
+        """Returns what a notebook shows: the scores, and the texts with their tokens coloured by each probe, where the record has them."""
+        scores = [
+            (probe, reading, reduction, score)
+            for probe, readings in self.scores.items()
+            for reading, reductions in readings.items()
+            for reduction, score in reductions.items()
+        ]
+        title = f"step {self.step}, rollout {self.rollout} of prompt {self.prompt}"
+        parts = [shown_table(["probe", "reading", "reduction", "score"], scores, title)]
+        if self.prompt_text is not None:
+            parts.append(f'<pre style="white-space:pre-wrap;opacity:.7">{shown_text(self.prompt_text)}</pre>')
+        of_tokens = [(probe, *each) for probe, readings in (self.token_scores or {}).items() for each in readings.items()]
+        if self.completion_pieces is not None and of_tokens:
+            for probe, reading, values in of_tokens:
+                parts.append(f"<p>{shown_text(f'{probe} on {reading}')}</p>{shown_tokens(self.completion_pieces, values)}")
+        elif self.completion_text is not None:
+            parts.append(f'<pre style="white-space:pre-wrap">{shown_text(self.completion_text)}</pre>')
+        return "".join(parts)
 
 
 @dataclass(frozen=True, kw_only=True)
