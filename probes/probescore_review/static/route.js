@@ -37,12 +37,18 @@ export function remember(settings) {
 const SOON_MS = 150;
 let later = null;
 
-/** Does what `remember` does once no other call has come for a moment, as browsers limit how often the address changes; nothing if another view is shown by then. */
+/**
+ * Does what `remember` does: at once, or where it was called a moment ago, once no other call has come for a moment. Browsers limit how often the
+ * address changes. Nothing is done if another view is shown by then.
+ */
 export function rememberSoon(settings) {
   const asked = route();
+  const waiting = later !== null;
+  if (!waiting) remember(settings);
   clearTimeout(later);
   later = setTimeout(() => {
+    later = null;
     const now = route();
-    if (now.run === asked.run && now.view === asked.view && now.item === asked.item) remember(settings);
+    if (waiting && now.run === asked.run && now.view === asked.view && now.item === asked.item) remember(settings);
   }, SOON_MS);
 }
