@@ -119,16 +119,17 @@ class Index:
         with self._lock:
             if not force and time.monotonic() - self._looked < _LOOK_SECONDS:
                 return
-            files = run_files(self.folder)
-            stamps = [(file.path.name, file.size, file.changed) for file in files]
+            stamps = _stamps(run_files(self.folder))
             self._looked = time.monotonic()
             if stamps == self._stamps:
                 return
             with self.writing() as connection:
+                # looked at again now that no other process writes the index: one may have read more than was there before
+                files = run_files(self.folder)
                 if _has_lost(connection, files):
                     _empty(connection)
                 _Update(connection, self.folder, files).run()
-            self._stamps = stamps
+            self._stamps = _stamps(files)
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
@@ -167,6 +168,10 @@ class Index:
             if form != _FORM:
                 _empty(connection)
                 connection.execute(f"PRAGMA user_version = {_FORM}")
+
+
+def _stamps(files: Iterable[RunFile]) -> list[tuple[str, int, int]]:
+    return [(file.path.name, file.size, file.changed) for file in files]
 
 
 def _empty(connection: sqlite3.Connection) -> None:

@@ -15,6 +15,7 @@ from probescore_audit.record import RecordWriter, RolloutRow, RunHeader, delete_
 from probescore_review.columns import columns
 from probescore_review.index import Index
 from probescore_review.queries import Queries, Query, page_statement, statements
+from probescore_review.run_files import run_files
 from probescore_review.runs import ReviewedRun
 
 FROZEN, POLICY = f"score:{KEY}:frozen", f"score:{KEY}:policy"
@@ -195,6 +196,30 @@ def test_the_index_grows_with_the_record(tmp_path):
         index.refresh(force=True)
         same_as_the_reader(index, folder)
         assert Queries(index).page(Query(search="words"), 0, 10)[0] == 6
+
+
+def test_two_processes_of_one_index_never_take_what_the_other_read_for_a_loss(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    with RecordWriter(folder, RunHeader(run_id="r", planned_steps=9)) as writer:
+        writer.append(rows_of(0))
+        first, second = Index(folder, tmp_path / "cache"), Index(folder, tmp_path / "cache")
+        first_row = first.row("SELECT MIN(id) FROM rollouts")[0]
+        seen = run_files(folder)
+        writer.append(rows_of(1))
+        looks = iter([seen])
+        monkeypatch.setattr("probescore_review.index.run_files", lambda folder: next(looks, None) or run_files(folder))
+        second._stamps = None
+
+        def beside():
+            monkeypatch.undo()
+            first.refresh(force=True)
+
+        writing = second.writing
+        monkeypatch.setattr(second, "writing", lambda: (beside(), writing())[1])
+        second.refresh(force=True)
+
+    assert first.row("SELECT MIN(id) FROM rollouts")[0] == first_row, "the index was not begun anew"
+    same_as_the_reader(second, folder)
 
 
 def test_training_that_goes_back_takes_the_place_of_what_was_there(tmp_path):
