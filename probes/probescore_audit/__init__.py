@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from probescore_audit.comparison import Comparison, FlagAgreement, compare
     from probescore_audit.estimates import Auroc, CalibratedThreshold
     from probescore_audit.evaluation import FlaggedShares, Quality, evaluate
+    from probescore_audit.fitting_lines import lines_to_fit
     from probescore_audit.fresh_rollouts import calibrate_for_fresh
     from probescore_audit.further_labels import FurtherLabels, plan_further_labels
     from probescore_audit.grouped import Estimate, auroc, calibration_error, grouped_auroc, grouped_rate, roc_curve
@@ -91,6 +92,7 @@ __all__ = [
     "judge",
     "label_rows",
     "labelled_window",
+    "lines_to_fit",
     "plan_further",
     "plan_further_labels",
     "plan_labels",
@@ -106,6 +108,7 @@ _MODULES = {
     "probescore_audit.comparison": ("Comparison", "FlagAgreement", "compare"),
     "probescore_audit.estimates": ("Auroc", "CalibratedThreshold"),
     "probescore_audit.evaluation": ("FlaggedShares", "Quality", "evaluate"),
+    "probescore_audit.fitting_lines": ("lines_to_fit",),
     "probescore_audit.fresh_rollouts": ("calibrate_for_fresh",),
     "probescore_audit.further_labels": ("FurtherLabels", "plan_further_labels"),
     "probescore_audit.grouped": ("Estimate", "auroc", "calibration_error", "grouped_auroc", "grouped_rate", "roc_curve"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import importlib.util
 import os
@@ -449,3 +450,49 @@ def test_a_file_of_labels_is_no_attempt_whichever_rank_it_names(tmp_path, rank):
     assert {step: sum(row.step == step for row in record.rollouts) for step in range(6)} == dict.fromkeys(range(6), 16)
     assert {row.scores["cheating@1"]["frozen"]["mean"] for row in record.rollouts if row.step >= 4} == {1.0}
     assert [label.step for label in record.labels] == [1]  # of which rollout of step 5 nobody knows
+
+
+def test_half_a_character_in_a_text_is_kept_as_it_is(tmp_path):
+    with RecordWriter(tmp_path, RunHeader(run_id="r", planned_steps=1), keep_texts=True) as writer:
+        writer.append([RolloutRow(step=0, rollout="a", prompt="p", scores={}, completion_text="half \ud800 of one")])
+        writer.append([LabelRow(step=0, rollout="a", label="no", source="person", note="\udc00")])
+
+    record = read_record(tmp_path)
+    assert record.rollouts[0].completion_text == "half \ud800 of one"
+    assert record.labels[0].note == "\udc00"
+    for path in tmp_path.iterdir():
+        path.read_text(encoding="utf-8")
+
+
+def test_a_withdrawn_label_is_as_if_it_had_not_been_given(tmp_path):
+    with RecordWriter(tmp_path, RunHeader(run_id="r", planned_steps=1)) as writer:
+        writer.append([RolloutRow(step=0, rollout="a", prompt="p", scores={})])
+        writer.append([LabelRow(step=0, rollout="a", label="no", source="person", row="first", given=12.5, spans=[[0, 1], [3, 4]])])
+        assert read_record(tmp_path).labels[0].given == 12.5
+        writer.append([LabelRow(step=0, rollout="a", label="withdrawn", source="person", row="undo", retracts="first")])
+
+    record = read_record(tmp_path)
+    assert record.labels == ()
+    assert record.void_rows == 0
+
+
+def test_a_durable_writer_leaves_nothing_of_rows_that_it_could_not_write(tmp_path):
+    with RecordWriter(tmp_path, RunHeader(run_id="r", planned_steps=1), on_error="raise", durable=True) as writer:
+        writer.append([RolloutRow(step=0, rollout="a", prompt="p", scores={})])
+        before = writer.path.read_bytes()
+        written = os.write
+
+        def half(file, data):
+            written(file, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(os, "write", half)
+            with pytest.raises(OSError, match="No space"):
+                writer.append([RolloutRow(step=0, rollout="b", prompt="p", scores={})])
+        assert writer.path.read_bytes() == before
+        writer.append([RolloutRow(step=0, rollout="c", prompt="p", scores={})])
+
+    record = read_record(tmp_path)
+    assert [row.rollout for row in record.rollouts] == ["a", "c"]
+    assert record.torn_lines == 0

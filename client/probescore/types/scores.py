@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from probescore.types.calibrations import UnmetCondition
 from probescore.types.probes import ScoredProbe, score_keys
 from probescore.types.readings import FROZEN, Reading
+from probescore.types.shown import shown_table, shown_text, shown_tokens
 
 
 class CompletionStatus(str, Enum):
@@ -111,6 +112,21 @@ class CompletionScores:
 
     def __getitem__(self, probe: str) -> ProbeScores:
         return _scores_of(probe, self.status, self.scores, self.status_message)
+
+    def _repr_html_(self) -> str:
+        """Returns what a notebook shows: the scores of the whole completion on each reading, and its tokens coloured by each probe that
+        gave scores of tokens, where the request asked for texts.
+        """
+        readings = {FROZEN: self.scores} | {name: each.scores for name, each in self.readings.items()}
+        rows = [(probe, reading, each.value) for reading, scores in readings.items() for probe, each in scores.items()]
+        note = "" if self.status is CompletionStatus.OK else self.status_message or self.status.value
+        parts = [shown_table(["probe", "reading", "score"], rows, note)]
+        pieces = self.completion_texts
+        for reading, scores in readings.items():
+            for probe, each in scores.items():
+                if pieces is not None and each.tokens is not None and len(each.tokens) == len(pieces):
+                    parts.append(f"<p>{shown_text(f'{probe} on {reading}')}</p>{shown_tokens(pieces, each.tokens[:, 0].tolist())}")
+        return "".join(parts)
 
     def on(self, reading: str) -> CompletionScores | ReadingScores:
         """Returns the completion's scores on a reading: this object itself for ``frozen``, and an entry of ``readings`` otherwise.

@@ -11,11 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from probescore.types.shown import shown_table
 from probescore_audit.record.attempts import FileSteps, valid_before
 from probescore_audit.record.details import details_files
 from probescore_audit.record.rows import (
     DETAILS,
     SCHEMA_VERSION,
+    WITHDRAWN,
     ActivationRow,
     AnchorRow,
     DetailsRow,
@@ -63,6 +65,19 @@ class Record:
     def table(self) -> RolloutTable:
         """Returns the recorded rollouts of a training run as a table of columns."""
         return RolloutTable.of(self.rollouts)
+
+    def _repr_html_(self) -> str:
+        """Returns what a notebook shows: what the record has."""
+        steps = f"{self.rollouts[0].step} to {self.rollouts[-1].step}" if self.rollouts else "none"
+        facts = [
+            ("run", self.header.run_id),
+            ("steps", f"{steps}, of {self.header.planned_steps} planned"),
+            ("rollouts", f"{len(self.rollouts):,}"),
+            ("labels", f"{len(self.labels):,}"),
+            ("references", f"{len(self.references):,}"),
+            ("probes", ", ".join(f"{probe.key} ({probe.role})" for probe in self.header.probes) or "none"),
+        ]
+        return shown_table(["record", ""], facts, f"{self.torn_lines:,} lines could not be read" if self.torn_lines else "")
 
 
 @dataclass(eq=False)
@@ -138,7 +153,7 @@ def read_record(directory: Path | str, *, texts: bool = True) -> Record:
     return Record(
         header=max((header for file in files for header in file.headers), key=lambda header: header.started),
         rollouts=tuple(sorted(rollouts.values(), key=lambda row: row.step)),
-        labels=tuple(label for label in known if label.row not in retracted),
+        labels=tuple(label for label in known if label.row not in retracted and label.label != WITHDRAWN),
         references=tuple(references.values()),
         anchors=tuple(sorted(anchors.values(), key=lambda row: row.step)),
         activations=tuple(activations.values()),

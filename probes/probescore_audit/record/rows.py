@@ -15,9 +15,12 @@ from typing import Any, ClassVar, Union
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from probescore.types.shown import shown_table, shown_text, shown_tokens
 from probescore_audit.record import bfloat16
 
 SCHEMA_VERSION = 1
+WITHDRAWN = "withdrawn"
+"""Label of a row that only retracts another, so that the rollout is as if it had not been labelled."""
 Scores = Mapping[str, Mapping[str, Mapping[str, float]]]
 """Scores by the key of the probe, the name of the reading, and the reduction; best as logits, since probabilities near 0 and 1 tie."""
 
@@ -107,6 +110,8 @@ class RolloutRow:
         prompt_ids, completion_ids: the token ids, where the record keeps them.
         completion_pieces: the text of each token of the completion, where the record keeps texts.
         token_scores: the probes' scores of each token of the completion, keyed by probe, then by reading.
+        follow_ups: what was appended to the finished completion and read as a fork of it, where it is recorded: ``text``, ``scores`` by
+            probe, reading and reduction, and, with texts, ``pieces`` and ``token_scores``.
         decisions: what was said where a probe was unsure and a judge was to decide, keyed by the trainer's signal: ``probe``, whether the
             probe flags the rollout; ``verdict``, the judge's, empty if it gave none, with the ``reason``; ``flagged``, what the reward went
             by; ``labeller`` and ``labeller_version``, the judge. These verdicts are no labels, since nobody drew their rollouts at random.
@@ -130,7 +135,28 @@ class RolloutRow:
     completion_ids: Sequence[int] | None = None
     completion_pieces: Sequence[str] | None = None
     token_scores: Mapping[str, Mapping[str, Sequence[float]]] | None = None
+    follow_ups: Sequence[Mapping[str, Any]] | None = None
     decisions: Mapping[str, Mapping[str, Any]] | None = None
+
+    def _repr_html_(self) -> str:
+        """Returns what a notebook shows: the scores, and the texts with their tokens coloured by each probe, where the record has them."""
+        scores = [
+            (probe, reading, reduction, score)
+            for probe, readings in self.scores.items()
+            for reading, reductions in readings.items()
+            for reduction, score in reductions.items()
+        ]
+        title = f"step {self.step}, rollout {self.rollout} of prompt {self.prompt}"
+        parts = [shown_table(["probe", "reading", "reduction", "score"], scores, title)]
+        if self.prompt_text is not None:
+            parts.append(f'<pre style="white-space:pre-wrap;opacity:.7">{shown_text(self.prompt_text)}</pre>')
+        of_tokens = [(probe, *each) for probe, readings in (self.token_scores or {}).items() for each in readings.items()]
+        if self.completion_pieces is not None and of_tokens:
+            for probe, reading, values in of_tokens:
+                parts.append(f"<p>{shown_text(f'{probe} on {reading}')}</p>{shown_tokens(self.completion_pieces, values)}")
+        elif self.completion_text is not None:
+            parts.append(f'<pre style="white-space:pre-wrap">{shown_text(self.completion_text)}</pre>')
+        return "".join(parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +174,7 @@ class DetailsRow:
     completion_ids: Sequence[int] | None = None
     completion_pieces: Sequence[str] | None = None
     token_scores: Mapping[str, Mapping[str, Sequence[float]]] | None = None
+    follow_ups: Sequence[Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +185,8 @@ class LabelRow:
     Attributes:
         step: training step of the rollout.
         rollout: name of the rollout.
-        label: ``"yes"`` (the behaviour is there), ``"no"`` or ``"unsure"``.
+        label: ``"yes"`` (the behaviour is there), ``"no"`` or ``"unsure"``; ``"withdrawn"`` for a row that only says that the one that it
+            retracts was given by mistake.
         text_sha256: digest of the rollout's text, as in its ``RolloutRow``. A label counts only for the rollout that has it: a run that is
             taken up again from an earlier step has other rollouts under the same names.
         source: what gave the label, such as ``"checker"``, ``"judge"`` or ``"person"``.
@@ -172,7 +200,9 @@ class LabelRow:
         population: for a rollout that was chosen after the others of its step, since their labels did not suffice: the number of rollouts
             of the step in its stratum. All labels of this step and stratum then count equally, whatever ``inclusion`` they have.
         span: half-open range of tokens of the completion in which the behaviour is seen.
+        spans: all such ranges, where there are several; ``span`` is then the first.
         note: the labeller's remark.
+        given: time at which the label was given, in seconds since 1970.
         row: name of this row.
         retracts: name of the row that this one takes the place of.
     """
@@ -191,7 +221,9 @@ class LabelRow:
     second: bool = False
     population: int | None = None
     span: Sequence[int] | None = None
+    spans: Sequence[Sequence[int]] | None = None
     note: str | None = None
+    given: float | None = None
     row: str = ""
     retracts: str | None = None
 
@@ -358,7 +390,7 @@ KINDS: Mapping[str, type[Row]] = {
     kind.kind: kind for kind in (RunHeader, RolloutRow, DetailsRow, LabelRow, ReferenceRow, AnchorRow, ActivationRow, PlanRow, LabellerRow)
 }
 DETAILS = tuple(each.name for each in fields(DetailsRow) if each.name not in ("step", "rollout"))
-TEXTS = ("prompt_text", "completion_text", "prompt_ids", "completion_ids", "completion_pieces")
+TEXTS = ("prompt_text", "completion_text", "prompt_ids", "completion_ids", "completion_pieces", "follow_ups")
 
 # Looked up once: a run has 100,000 rows and more.
 _NAMES = {name: frozenset(each.name for each in fields(kind)) for name, kind in KINDS.items()}

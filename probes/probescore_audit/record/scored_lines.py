@@ -40,15 +40,23 @@ def reference_rows(lines: Iterable[str], *, random: bool, positive: str | None =
         if values.get("label") is None:
             continue
         label = _is_positive(values["label"], number, positive)
-        scores = _scores(values, number)
+        scores = whole_scores(values, number)
         rows.append(
             ReferenceRow(rollout=f"{source}.{number}", positive=label, random=random, scores={key: {"frozen": of} for key, of in scores})
         )
     return tuple(rows)
 
 
-def _scores(values: Mapping[str, Any], number: int) -> list[tuple[str, dict[str, float]]]:
-    """Returns the scores of the whole completion by each reduction, under the key that the record has for a probe and label."""
+def whole_scores(values: Mapping[str, Any], number: int) -> list[tuple[str, dict[str, float]]]:
+    """Returns the scores of a whole completion by each reduction, under the key that the record has for a probe and label.
+
+    Args:
+        values: the parsed line, or the part of it for one reading, with ``scores``.
+        number: number of the line, for messages.
+
+    Raises:
+        ValueError: the line has another form, or its rollout could not be scored.
+    """
     scored = values.get("scores")
     if not isinstance(scored, dict) or not scored:
         said = values.get("status_message") or values.get("status") or "it has no scores"

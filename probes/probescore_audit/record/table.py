@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from probescore.types.shown import shown_table
 from probescore_audit.record.rows import RolloutRow
 
+_SHOWN_ROWS = 20
 _NUMBERS = ("tokens", "task_reward", "total_reward", "policy_logprob")
 
 
@@ -60,6 +62,14 @@ class RolloutTable:
 
     def __len__(self) -> int:
         return len(self.step)
+
+    def _repr_html_(self) -> str:
+        """Returns what a notebook shows: the first rows, and how many there are."""
+        named = self.columns()
+        rows = zip(*(column[:_SHOWN_ROWS].tolist() for column in named.values()), strict=True)
+        return shown_table(
+            list(named), rows, f"{len(self):,} rollouts" + (f", of which the first {_SHOWN_ROWS}" if len(self) > _SHOWN_ROWS else "")
+        )
 
     def columns(self) -> dict[str, NDArray[Any]]:
         """Returns the columns of a table of rollouts by name, in a dictionary that ``pandas.DataFrame`` and ``polars.DataFrame`` take.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import uuid
@@ -28,6 +29,8 @@ class RecordWriter:
         keep_texts: whether texts and token ids of rollouts are written; otherwise they are left out, whatever a row has.
         kept_steps: number of the latest training steps whose texts, token ids and scores of tokens are kept; those of earlier ones are
             deleted as the run goes on. ``None`` = all.
+        durable: whether ``append`` returns only once the rows are on the disk, so that not even a power failure loses them, and leaves
+            nothing of rows that it could not write.
 
     Attributes:
         path: path of the process's file.
@@ -46,6 +49,7 @@ class RecordWriter:
         on_error: Literal["log", "raise"] = "log",
         keep_texts: bool = False,
         kept_steps: int | None = None,
+        durable: bool = False,
     ) -> None:
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,11 +59,14 @@ class RecordWriter:
         self._raises = on_error == "raise"
         self._keep_texts = keep_texts
         self._kept_steps = kept_steps
+        self._durable = durable
         self._detailed: set[Path] = set()
         self._torn = False
         self._header: RunHeader | None = header
         self._file: int | None = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
         self.append([])
+        if durable:
+            _sync_folder(folder)
 
     def append(self, rows: Iterable[Row]) -> None:
         """Appends rows to the process's file in a training run's record, all by one call of the operating system. Texts, token ids and
@@ -88,19 +95,34 @@ class RecordWriter:
             return
         self._append_details(details)
         # After a line that was written in part a line's end comes first: the torn line is then the only one that cannot be read.
-        data = (("\n" if self._torn else "") + "\n".join(lines) + "\n").encode()
-        written = 0
+        data = _encoded(("\n" if self._torn else "") + "\n".join(lines) + "\n")
+        written, size = 0, os.fstat(self._file).st_size
         try:
             while written < len(data):
                 written += os.write(self._file, data[written:])
+            if self._durable:
+                os.fsync(self._file)
         except OSError as error:
-            self._torn = self._torn or written > 0
+            self._torn = self._torn or (written > 0 and not self._durable)
+            if self._durable and not self._cut_to(size):
+                self._torn = True
             self.lost_rows += len(lines) - len(headers)
             if self._raises:
                 raise
             logger.error("the record lost %d rows: %s", len(lines) - len(headers), error.strerror)
             return
         self._torn, self._header = False, None
+
+    def _cut_to(self, size: int) -> bool:
+        """Cuts off what was written of rows that could not be written as a whole, so that none of these is there after all; returns whether
+        this succeeded. No other process writes this file.
+        """
+        assert self._file is not None  # noqa: S101 - append was called
+        try:
+            os.ftruncate(self._file, size)
+        except OSError:
+            return False
+        return True
 
     def close(self) -> None:
         """Closes the process's file in a training run's record. A second call does nothing."""
@@ -130,7 +152,7 @@ class RecordWriter:
             try:
                 with path.open("ab", buffering=0) as file:
                     # a line's end first, whatever became of the lines before
-                    data = ("\n" + "\n".join(lines) + "\n").encode()
+                    data = _encoded("\n" + "\n".join(lines) + "\n")
                     while data:
                         data = data[file.write(data) :]
                 if self._kept_steps is not None and path not in self._detailed:
@@ -140,6 +162,21 @@ class RecordWriter:
                 if self._raises:
                     raise
                 logger.error("the record lost the texts of %d rollouts: %s", len(lines), error.strerror)
+
+
+def _encoded(lines: str) -> bytes:
+    """Returns lines of JSON in UTF-8. Half of a surrogate pair, which a text may have and UTF-8 cannot, becomes its escape in JSON."""
+    return lines.encode("utf-8", "backslashreplace")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Waits until the name of a new file is on the disk, where the file system can say so."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _without(row: RolloutRow, names: Sequence[str]) -> RolloutRow:

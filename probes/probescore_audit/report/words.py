@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import html
 import math
-import unicodedata
 
+from probescore.types.shown import escaped
 from probescore_audit.grouped import Estimate
 from probescore_audit.run_labels import FEWEST_LABELLED
 from probescore_audit.verdicts import Judgement
 
-_SPELT_OUT = frozenset(("Cc", "Cf", "Co", "Cn", "Cs", "Zl", "Zp"))
-_KEPT = {"\n": "↵\n", "\t": "⇥\t"}
-
-
-def escaped(text: object) -> str:
-    """Returns text as HTML that shows it and never is markup; invisible characters stand as their code points, such as ``⟨1B⟩``."""
-    shown = "".join(
-        _KEPT.get(character) or (f"⟨{ord(character):02X}⟩" if unicodedata.category(character) in _SPELT_OUT else character)
-        for character in str(text)
-    )
-    return html.escape(shown)
+__all__ = ["escaped", "number_with_interval", "points", "share", "share_with_interval"]
 
 
 def share(value: float) -> str:

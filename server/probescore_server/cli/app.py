@@ -8,7 +8,20 @@ from typing import Annotated
 
 import typer
 
-from probescore_server.cli import activations, anchors, auditing, bench, info, labelling, probes, readings, recording, score, sleep
+from probescore_server.cli import (
+    activations,
+    anchors,
+    auditing,
+    bench,
+    info,
+    labelling,
+    probes,
+    readings,
+    recording,
+    reviewing,
+    score,
+    sleep,
+)
 from probescore_server.cli.common.failures import needs_extra
 
 app = typer.Typer(
@@ -30,6 +43,7 @@ auditing.register(app)
 labelling.register(app)
 anchors.register(app)
 recording.register(app)
+reviewing.register(app)
 
 # These commands need packages that the command line alone does not: a server brings torch.
 for command, extra, summary in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -51,6 +52,21 @@ leave it out.
 [bold]Exit codes[/bold]: 0 if the labels were added, 2 for wrong input.
 """
 
+EXPORT_HELP = """
+Write the labelled rollouts of a training run as lines that 'probescore probes fit', 'calibrate' and 'compare' read.
+
+A line has a split, which depends on its prompt alone: half of the prompts are to fit on, a quarter to calibrate on, a quarter to test on.
+For calibration only labels of rollouts that were drawn at random are taken. The record must have token ids or texts.
+
+[bold]Examples[/bold]
+
+  probescore labels export runs/sort-7 -o labelled.jsonl
+
+  probescore probes fit labelled.jsonl --model ./model -o cheating-2.onnx --probe-version 2
+
+[bold]Exit codes[/bold]: 0 if they are written, 2 for wrong input.
+"""
+
 Run = Annotated[Path, typer.Argument(help="The folder of a run's record.", show_default=False, metavar="RUN")]
 
 
@@ -59,6 +75,7 @@ def register(app: typer.Typer) -> None:
     labels = typer.Typer(help="Choose rollouts of a training run to label, and add labels.", no_args_is_help=True, rich_markup_mode="rich")
     labels.command("plan", help=PLAN_HELP)(_plan)
     labels.command("add", help=ADD_HELP)(_add)
+    labels.command("export", help=EXPORT_HELP)(_export)
     register_judge(labels)
     app.add_typer(labels, name="labels")
 
@@ -139,3 +156,19 @@ def _add(
         outside = sum(row.inclusion is None and not row.second and row.retracts is None for row in rows)
         if outside:
             say(f"{outside} labels have no inclusion, since no plan chose their rollouts; estimates leave them out")
+
+
+def _export(
+    run: Run,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.", show_default=False, metavar="FILE")],
+) -> None:
+    with one_line_failures("audit"):
+        from probescore_audit import lines_to_fit
+        from probescore_audit.record import read_record
+
+        lines = lines_to_fit(read_record(run))
+        write_atomically(output, "".join(f"{json.dumps(line)}\n" for line in lines).encode())
+        splits = Counter(line["split"] for line in lines)
+        positives = sum(line["completion"]["label"] for line in lines)
+        counts = ", ".join(f"{splits[name]:,} {name}" for name in ("train", "calibration", "test"))
+        new_console().print(f"wrote {len(lines):,} rollouts, {positives:,} with the behaviour: {counts}", soft_wrap=True)
