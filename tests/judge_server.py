@@ -87,9 +87,6 @@ class JudgeServer:
                     self._answer(judge.rule(completion, count) if self.path == "/v1/chat/completions" else Misbehaviour(404))
                 except OSError:
                     pass  # who asked has gone
-                finally:
-                    with judge._lock:
-                        judge._now -= 1
 
             def _answer(self, said: str | bytes | Misbehaviour) -> None:
                 if isinstance(said, str):
@@ -98,6 +95,8 @@ class JudgeServer:
                     said = Misbehaviour(body=said)
                 body = answered("VERDICT: no") if said.body is None and said.status == 200 else said.body or b""
                 time.sleep(said.seconds)
+                with judge._lock:
+                    judge._now -= 1  # before the answer, with which the next one may be asked
                 self.send_response(said.status)
                 for name, value in said.headers.items():
                     self.send_header(name, value)

@@ -19,3 +19,12 @@ def test_no_class_name_stands_for_two_things():
                 for each in classes:
                     places[each.name].append(str(path.relative_to(ROOT)))
     assert {name: paths for name, paths in places.items() if len(paths) > 1} == {}
+
+
+def test_no_two_test_modules_share_a_name():
+    # pytest imports each by its bare name, and leaves out the second one
+    places: dict[str, list[str]] = defaultdict(list)
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        if path.name not in ("conftest.py", "__init__.py") and "trainers" not in path.parts:
+            places[path.name].append(str(path.relative_to(ROOT)))
+    assert {name: paths for name, paths in places.items() if len(paths) > 1} == {}

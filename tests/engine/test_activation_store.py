@@ -379,7 +379,7 @@ def test_what_is_no_index_is_refused(tmp_path: Path, content: str) -> None:
 
 def test_what_the_documentation_shows_runs(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).parents[2] / "docs/how-to/activations.md").read_text()
-    reading, asking, _from_a_server = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    reading, asking, _from_a_server, _of_a_reading = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     store_activations(engine, some_groups(2), tmp_path / "activations", taps=TAPS)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").symlink_to(tiny_model())
