@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -83,10 +84,8 @@ class JudgeServer:
                     judge.keys.append(self.headers.get("Authorization"))
                     judge._now += 1
                     judge.most_at_once = max(judge.most_at_once, judge._now)
-                try:
+                with contextlib.suppress(OSError):  # who asked has gone
                     self._answer(judge.rule(completion, count) if self.path == "/v1/chat/completions" else Misbehaviour(404))
-                except OSError:
-                    pass  # who asked has gone
 
             def _answer(self, said: str | bytes | Misbehaviour) -> None:
                 if isinstance(said, str):
