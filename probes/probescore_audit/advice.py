@@ -154,13 +154,13 @@ def moved_anchors(run: RecordedRun, anchors: Sequence[AnchorScoring]) -> Iterato
 
 
 def unused_probes(record: Record) -> Iterator[str]:
-    """Yields a warning if probes are said to be in the reward, and every rollout's total reward is its task reward alone."""
+    """Yields a warning if the record says that training uses probes, and every rollout's total reward is its task reward alone."""
     rewarding = [probe.key for probe in record.header.probes if probe.role == "reward"]
     paid = [(row.task_reward, row.total_reward) for row in record.rollouts if row.task_reward is not None and row.total_reward is not None]
     if rewarding and paid and all(task == total for task, total in paid):
         yield (
-            f"{', '.join(rewarding)}: the record says that the reward uses this, but the total reward of all {len(paid):,} rollouts is the "
-            "task's reward alone."
+            f"{', '.join(rewarding)}: the record says that training uses this, and yet the total reward of all {len(paid):,} rollouts is "
+            "the task's reward alone. Unless it screens rollouts or pays single tokens, nothing was taken from any reward."
         )
 
 

@@ -76,6 +76,11 @@ class RecordAudit:
     assumptions: tuple[str, ...]
 
     @property
+    def steps(self) -> int:
+        """Returns the number of training steps from the first one of the record to the last one, whether trainers count from 0 or 1."""
+        return _steps(self.record)
+
+    @property
     def last_step(self) -> int:
         """Returns the last training step of the record; −1 if there is none."""
         return self.record.rollouts[-1].step if self.record.rollouts else -1
@@ -149,6 +154,10 @@ _NO_REFERENCE = (
 )
 
 
+def _steps(record: Record) -> int:
+    return record.rollouts[-1].step - record.rollouts[0].step + 1 if record.rollouts else 0
+
+
 def _audited(record: Record, recorded: RecordedRun, reference: RecordedReference, audits: int, window_labels: int, seed: int) -> RunAudit:
     return audit_run(
         recorded.run,
@@ -187,6 +196,6 @@ def _described(
         sentence=advice.without_verdict(len(recorded.labels.rollout))
         if final is None
         else final.sentence + advice.of_a_refit(final, refit, reference.counts.auroc),
-        next_step=advice.next_step(recorded, audit, ended=int(recorded.run.step[-1]) + 1 >= record.header.planned_steps),
+        next_step=advice.next_step(recorded, audit, ended=_steps(record) >= record.header.planned_steps),
         unknown=advice.unknown(record, recorded, audit),
     )

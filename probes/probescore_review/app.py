@@ -9,7 +9,7 @@ import sqlite3
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from fastapi import Body, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -278,7 +278,7 @@ def _answer_errors(app: FastAPI) -> None:
     answers(LabelConflict, 409, str)
     answers(JobConflict, 409, str)
     answers(KeyError, 404, lambda error: str(error.args[0]) if error.args else "not found")
-    answers(FileNotFoundError, 404, lambda error: f"{error}" if not isinstance(error, OSError) or not error.filename else "a file has gone")
+    answers(FileNotFoundError, 404, lambda error: "a file has gone" if cast("OSError", error).filename else str(error))
     answers(sqlite3.OperationalError, 507, lambda error: f"the index could not be written: {error}")
     answers(OSError, 507, lambda error: f"it could not be written: {getattr(error, 'strerror', None) or type(error).__name__}")
 

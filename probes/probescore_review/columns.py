@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from probescore_review.index import FROZEN, Index
-
-Kind = str
+from probescore.types import FROZEN
+from probescore_review.index import Index
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Column:
 
     name: str
     title: str
-    kind: Kind
+    kind: str
     help: str
     sql: str
     sortable: bool = field(default=True)

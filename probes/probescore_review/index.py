@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from probescore.types import FROZEN
 from probescore_audit.record.attempts import FileSteps, valid_before
 from probescore_audit.record.rows import DETAILS, SCHEMA_VERSION, RunHeader, from_object
 from probescore_review.run_files import Line, RunFile, new_lines, run_files
@@ -26,7 +27,6 @@ from probescore_review.run_files import Line, RunFile, new_lines, run_files
 _FORM = 1  # of the tables; another begins the index anew
 _SNIPPET = 240
 _LOOK_SECONDS = 1.0
-FROZEN = "frozen"
 
 _TABLES = """
 CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT);

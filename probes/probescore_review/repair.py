@@ -16,8 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from probescore.types import FROZEN
 from probescore_review.columns import ProbeReading, probe_readings
-from probescore_review.index import FROZEN, Index
+from probescore_review.index import Index
 from probescore_review.jobs import FileChange, Job, Jobs, JobStep, ShellCommand
 from probescore_review.overview import Overview
 from probescore_review.queries import Queries

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from probescore.types import FROZEN
 from probescore_review.columns import ProbeReading, probe_readings
-from probescore_review.index import FROZEN, Index
+from probescore_review.index import Index
 from probescore_review.queries import Queries
 from probescore_review.views import usual_reward
 

@@ -7,9 +7,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from probescore.types import FROZEN
 from probescore_review.columns import ProbeReading, columns, probe_readings
 from probescore_review.files import write_json
-from probescore_review.index import FROZEN, Index
+from probescore_review.index import Index
 from probescore_review.queries import Query, statements
 
 FILE = "review-views.json"

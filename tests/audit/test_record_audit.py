@@ -48,13 +48,22 @@ def test_a_run_that_goes_on_is_to_be_stopped(tmp_path):
     assert found["policy"].next_step.startswith("Stop the run: the monitors raised an alarm at step ")
 
 
+@pytest.mark.parametrize(("first", "planned", "ended"), [(0, 14, True), (1, 14, True), (1, 15, False), (0, 15, False)])
+def test_a_run_has_ended_after_its_planned_steps_wherever_its_trainer_begins_to_count(evaded, first, planned, ended):
+    moved = {name: [replace(row, step=row.step + first) for row in getattr(evaded.record, name)] for name in ("rollouts", "labels")}
+    header = replace(evaded.record.header, planned_steps=planned)
+    audit = audit_record(replace(evaded.record, header=header, **moved))
+    assert audit.steps == 14
+    assert by_reading(audit)["policy"].next_step.startswith("This run should have been stopped" if ended else "Stop the run")
+
+
 @pytest.mark.parametrize("used", [False, True])
 def test_a_probe_that_the_reward_does_not_use_although_the_record_says_so_is_told(tmp_path, used):
     write_run(tmp_path, [Change()] * 14)
     record = read_record(tmp_path)
     rows = [replace(row, task_reward=1.0, total_reward=0.5 if used and row.step == 3 else 1.0) for row in record.rollouts]
     notices = audit_record(replace(record, rollouts=rows)).notices
-    assert any(notice.startswith(f"{KEY}: the record says that the reward uses this") for notice in notices) != used
+    assert any(notice.startswith(f"{KEY}: the record says that training uses this") for notice in notices) != used
 
 
 def test_the_chance_of_a_false_alarm_is_shared_by_all_audits(evaded):

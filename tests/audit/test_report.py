@@ -14,6 +14,7 @@ from probescore_audit import audit_record
 from probescore_audit.record import RecordWriter, RolloutRow, read_record
 from probescore_audit.report import report_page
 from probescore_audit.report.charts import Curve, curves
+from probescore_audit.report.rollouts import informative_rollouts
 
 HOSTILE = "</section><script>document.title='owned'</script><img src=x onerror=alert(1)>\u202eevil\x00\"'"
 VOID = {"meta", "line", "circle", "path", "rect", "br"}
@@ -121,6 +122,22 @@ def test_of_few_labelled_rollouts_no_share_is_told_or_drawn(tmp_path):
     assert charts["Recall"].count("<circle") == 1
     assert charts["AUROC "].count("<circle") == 1
     assert charts["Rollouts with the behaviour"].count("<circle") == len(found.readings[0].audit.windows) + 1
+
+
+def test_of_each_prompt_the_rollout_that_says_most_is_shown(evaded):
+    found = audit_record(read_record(evaded[0]))
+    policy = next(each for each in found.readings if each.recorded.reading == "policy")
+    run, labels = policy.recorded.run, policy.recorded.labels
+    chosen = labels.rollout[
+        labels.positive & ~run.flagged[labels.rollout] & (run.step[labels.rollout] >= policy.audit.windows[-1].first_step)
+    ]
+    lowest: dict[tuple[int, str], float] = {}
+    for index in chosen:
+        row = policy.recorded.rollouts[index]
+        lowest[row.step, row.prompt] = min(run.scores[index], lowest.get((row.step, row.prompt), np.inf))
+    _, rows = next(informative_rollouts(policy))
+    assert len(lowest) < len(chosen)
+    assert [row.scores[KEY]["policy"]["mean"] for row in rows] == pytest.approx(sorted(lowest.values())[:4])
 
 
 def test_a_run_with_few_labels_has_a_page(tmp_path):

@@ -15,7 +15,6 @@ from click.testing import Result
 from read_twice import ROLLOUTS, Served
 from running_server import RunningServer, start_server
 from typer.testing import CliRunner
-from written_adapters import WrittenAdapter
 
 from probescore_adapters import ProbeScorer, ProbeSignal, RecordOptions, Rollout
 from probescore_adapters.anchors import read_anchors
@@ -29,14 +28,6 @@ SIGNALS = [
     ProbeSignal("last", threshold=0.1),
     ProbeSignal("last", mode="monitor", reading="policy", threshold=0.1, reduction="max", transform="flag"),
 ]
-
-
-@pytest.fixture(scope="module")
-def root(llama: Served, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("root")
-    for step in range(2):
-        WrittenAdapter.random(llama.model, seed=step).write(folder / f"step-{step}")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from parity_models import LAYERS
 from read_twice import ROLLOUTS, Served
 from running_server import RunningServer, start_server
 from test_anchors import anchors, run  # noqa: F401 - a fixture
-from written_adapters import WrittenAdapter
 
 from probescore import Completion, RolloutGroup
 from probescore_adapters import PooledActivations, ProbeScorer, ProbeSignal, RecordOptions, Rollout
@@ -33,14 +32,6 @@ BATCH = [
 ]
 SIGNALS = [ProbeSignal("last", threshold=0.0), ProbeSignal("last", mode="monitor", reading="policy", threshold=0.0)]
 BOTH = {"frozen", "policy"}
-
-
-@pytest.fixture(scope="module")
-def root(llama: Served, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("root")
-    for step in range(2):
-        WrittenAdapter.random(llama.model, seed=step).write(folder / f"step-{step}")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from read_twice import ROLLOUTS, Served
 from running_server import RunningServer, start_server
-from written_adapters import WrittenAdapter
 
 from probescore import ProbeClient, RolloutGroup
 from probescore_adapters import ProbeScorer, ProbeSignal, ReadingGone, Rollout
@@ -21,14 +20,6 @@ ATOL = 1e-4
 BATCH = [Rollout(prompt, completion) for prompt, completions in ROLLOUTS for completion in completions]
 PAID = ProbeSignal("last", mode="reward")
 WATCHED = ProbeSignal("last", mode="monitor", reading="policy")
-
-
-@pytest.fixture(scope="module")
-def root(llama: Served, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("root")
-    for step in range(2):
-        WrittenAdapter.random(llama.model, seed=step).write(folder / f"step-{step}")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -76,8 +76,7 @@ def _facts(audit: RecordAudit) -> str:
 
 def _progress(audit: RecordAudit) -> str:
     planned = audit.record.header.planned_steps
-    done = audit.last_step + 1
-    return f"{done} steps, as planned" if done == planned else f"{done} of {planned} planned steps"
+    return f"{audit.steps} steps, as planned" if audit.steps == planned else f"{audit.steps} of {planned} planned steps"
 
 
 def _verdict(each: ReadingAudit) -> str:

@@ -29,8 +29,11 @@ def informative_rollouts(each: ReadingAudit) -> Iterator[tuple[str, list[Rollout
     ):
         places = labels.rollout[chosen]
         order = places[np.argsort(run.scores[places], kind="stable")]
-        rows = [recorded.rollouts[index] for index in (order if lowest_first else order[::-1])]
-        shown = list({(row.step, row.prompt): row for row in reversed(rows)}.values())[::-1][:_EACH]  # of each prompt the first
+        first_of_prompt: dict[tuple[int, str], RolloutRow] = {}
+        for index in order if lowest_first else order[::-1]:
+            row = recorded.rollouts[index]
+            first_of_prompt.setdefault((row.step, row.prompt), row)
+        shown = list(first_of_prompt.values())[:_EACH]
         if shown:
             yield f"{title} ({len(shown)} of {len(places)} labelled, from step {first} on, of different prompts)", shown
     if each.further:

@@ -29,7 +29,7 @@ def print_audit(console: Console, audit: RecordAudit) -> None:
     """Prints the audit of a training run on a terminal."""
     header = audit.record.header
     console.print(
-        f"[bold]{safe(header.run_id)}[/bold]  {audit.last_step + 1} of {header.planned_steps} planned steps, "
+        f"[bold]{safe(header.run_id)}[/bold]  {audit.steps} of {header.planned_steps} planned steps, "
         f"{len(audit.record.rollouts):,} rollouts, {len(audit.record.labels):,} labels",
         soft_wrap=True,
     )
